@@ -370,7 +370,6 @@ def _shown(kind: str, name: str, run: Runner) -> dict[str, str]:
 
 
 def cluster_config(run: Runner = run_command) -> dict[str, str]:
-    """Return the settings of the cluster by name."""
     pairs = (line.partition("=") for line in run(["scontrol", "show", "config"]).splitlines() if "=" in line)
     return {name.strip(): value.strip() for name, _, value in pairs}
 

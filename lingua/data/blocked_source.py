@@ -239,7 +239,6 @@ PLAIN_TEXT = TextFields()
 
 
 def block_bytes(source_bytes: int, n_lanes: int) -> int:
-    """Return the size of a block in bytes."""
     return min(max(source_bytes // (BLOCKS_PER_LANE * n_lanes), 256), 4 << 20)
 
 

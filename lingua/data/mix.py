@@ -113,7 +113,6 @@ class DocumentStream:
         return self._read(self.source, *self.positions[self.source])
 
     def next(self) -> Document:
-        """Return the next document."""
         if self.source is not None:
             if self._end < 0:
                 self.reread()

@@ -59,7 +59,6 @@ class ParquetSource(BlockedSource):
 
     @classmethod
     def schema(cls, path: Path) -> pa.Schema:
-        """Return the schema of a file."""
         return open_parquet(path).schema_arrow
 
     def open_files(self, paths: Sequence[Path]) -> list[SourceFile]:

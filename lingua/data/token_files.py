@@ -70,7 +70,6 @@ _FACTS |= dict.fromkeys(("file", "edges", "tokenizer", "dtype", "xxh3_64"), str)
 
 
 def token_file(path: Path, folder: Path) -> Path:
-    """Return the path of the token file of a jsonl file."""
     return folder / (path.name + SUFFIX)
 
 

@@ -62,7 +62,6 @@ def package_versions() -> dict[str, str]:
 
 
 def record_run(run_dir: Path, attempt: int, argv: Sequence[str], code_folder: Path, **facts: Any) -> None:
-    """Write run.json of this attempt."""
     record: Mapping[str, Any] = {
         "attempt": attempt,
         "began_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -140,7 +140,6 @@ def _unfinished(points: Sequence[PointStatus]) -> list[str]:
 
 
 def _how(point: PointStatus) -> str:
-    """Return why a point is not finished."""
     at = f" at step {point.step:,}" if point.step else ""
     if point.cause:
         return f"{point.state}{at}: {point.cause}"
@@ -166,7 +165,6 @@ def _colors(places: Mapping[int, float]) -> dict[int, str]:
 
 
 def _series(layout: Layout, points: Sequence[PointStatus]) -> dict[str, list[PointStatus]]:
-    """Group the points into lines."""
     found: dict[str, list[PointStatus]] = {}
     for point in points:
         found.setdefault(label({key: point.values[key] for key in layout.series}), []).append(point)
@@ -176,7 +174,6 @@ def _series(layout: Layout, points: Sequence[PointStatus]) -> dict[str, list[Poi
 def _draw_losses(
     axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float], colors: Mapping[int, str]
 ) -> None:
-    """Draw the loss of each finished point over its place."""
     field, best = ranked_by(points), best_of(points)
     finished = [p for p in points if p.state == "finished" and getattr(p, field) is not None]
     series = _series(layout, points)
@@ -220,7 +217,6 @@ def _mark_missing(axes: Axes, points: Sequence[PointStatus], x: float) -> None:
 
 
 def _title_places(axes: Axes, layout: Layout, points: Sequence[PointStatus], places: Mapping[int, float]) -> None:
-    """Put a tick at each swept value."""
     if layout.is_log:
         axes.set_xscale("log")
     names = {places[point.point]: _shortened(spell(point.values[layout.x]), 30) for point in points}
@@ -285,7 +281,6 @@ def _picture(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]], *, titled:
 
 
 def page(sweep: Sweep, read: Sequence[tuple[PointStatus, Curve]]) -> str:
-    """Return the HTML."""
     points = [point for point, _ in read]
     places = places_of(layout_of(sweep.keys, sweep.points), sweep.points)
     colors = _colors(dict(zip(sweep.numbers, places, strict=True)))

@@ -232,7 +232,6 @@ def state_text(point: PointStatus) -> str:
 
 
 def as_record(sweep: Sweep, points: Sequence[PointStatus]) -> dict[str, Any]:
-    """Return the figures of a sweep for `--json`."""
     best = best_of(points)
     return {
         "sweep": str(sweep.folder),

@@ -121,7 +121,6 @@ def _memory(run_dir: Path, files: Files) -> Iterator[Garbage]:
 
 
 def _is_held(area: ShmArea) -> bool:
-    """Return whether a rank or a service uses an area."""
     for name in (TRAINER_LOCK, SERVICE_LOCK):
         if (area.folder / name).exists():
             lock = area.lock(name)

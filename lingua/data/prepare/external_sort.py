@@ -293,7 +293,6 @@ def _window(n_bytes: int) -> mmap.mmap:
 
 
 def drop_window() -> None:
-    """Free the buffer."""
     _windows.clear()
 
 
