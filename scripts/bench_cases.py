@@ -41,8 +41,8 @@ GPU_CASES = (  # the most important first
     MAIN,
     Case("280M bf16 2048", "llama_280M", batches=(32, 16, 8)),
     Case("transformers 1B bf16 2048", "llama_1B", batches=(16, 8, 4), transformers=True),
-    Case("7B bf16 4096", "llama_7B", (FULL,), seq_len=4096, batches=(4, 2, 1), allocator=NO_GAPS),
     Case("7B bf16 moments 4096", "llama_7B", (HALF_MOMENTS,), seq_len=4096, batches=(2, 1), allocator=NO_GAPS),
+    Case("7B bf16 4096", "llama_7B", (FULL,), seq_len=4096, batches=(4, 2, 1), allocator=NO_GAPS),
     Case(
         "7B bf16 moments budget 0.5 4096",
         "llama_7B",

@@ -431,7 +431,9 @@ def main(words: list[str]) -> int:
     families = options.suite == "families"
     cases = family_cases(options.tiny) if families else CPU_CASES
     known = [*(case.name for case in cases), *(() if families else (LOOP,))]
-    if check_options(parser, options, known):
+    check_options(parser, options, known)
+    if options.list:
+        print("\n".join(known))
         return 0
     say = partial(print, file=sys.stderr, flush=True)
     chosen = [case for case in cases if not options.only or case.name in options.only]
@@ -447,16 +449,12 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def check_options(parser: ArgumentParser, options: Namespace, known: Sequence[str]) -> bool:
-    """Refuse unknown names and bad numbers; with --list, print the known names and return True."""
-    if options.list:
-        print("\n".join(known))
-        return True
+def check_options(parser: ArgumentParser, options: Namespace, known: Sequence[str]) -> None:
+    """Refuse unknown names and bad numbers."""
     if unknown := sorted(set(options.only) - set(known)):
         parser.error(f"no case {unknown[0]!r}; there are: {', '.join(known)}")
     if options.steps < 2:
         parser.error(f"--steps {options.steps} gives no spread; at least 2")
-    return False
 
 
 if __name__ == "__main__":
