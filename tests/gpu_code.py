@@ -45,6 +45,7 @@ def _triton_kernels(act: Callable[..., Any], make: Callable[[], tuple[Tensor, ..
         owner.get_device_properties, owner.current_device = lambda *args: H200, lambda: 0
     facts.is_available, facts.get_compute_capability = lambda: True, lambda *args: 90
     _triton.triton_hash_with_backend = lambda: "none"
+    _triton.has_triton.cache_clear()  # the process that forked this one may have asked, without a GPU
     shapes = ShapeEnv()
     with FakeTensorMode(shape_env=shapes) as mode, torch.no_grad(), torch.device("cuda", 0):
         inputs = make()
