@@ -29,7 +29,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -40,7 +39,7 @@ import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: it set
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from bench_common import make_parser, print_figures, timed
+from bench_common import make_parser, print_figures, timed, work_folder
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -265,11 +264,9 @@ def main(words: list[str]) -> int:
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     options = parser.parse_args(words)
     warnings.simplefilter("ignore")
-    if options.folder:
-        options.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with work_folder(options.folder) as folder:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        bench = Bench(int(options.params), Path(folder))
+        bench = Bench(int(options.params), folder)
         take = bench.load_round if options.only_loads else bench.round
         take()  # warms up
         rounds = [take() for _ in range(options.rounds)]

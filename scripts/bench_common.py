@@ -6,8 +6,10 @@ import argparse
 import json
 import random
 import sysconfig
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,15 @@ def timed(act: Callable[[], Any]) -> tuple[float, Any]:
     start_s = time.perf_counter()
     result = act()
     return time.perf_counter() - start_s, result
+
+
+@contextmanager
+def work_folder(parent: Path | None) -> Iterator[Path]:
+    """Make a temporary folder below `parent`, which is made if it is missing; None for the system's."""
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        yield Path(folder)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

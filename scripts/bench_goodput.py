@@ -36,7 +36,6 @@ import shlex
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -46,7 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import lingua.config.interrupt  # noqa: F401 # isort: skip (first of all: Ctrl-C while the rest is loaded)
-from bench_common import make_parser
+from bench_common import make_parser, work_folder
 from goodput_runs import KINDS, POLL_S, TINY, WAYS, Bench, Running, Shape, Way
 
 from lingua.checkpoint import goodput
@@ -342,10 +341,8 @@ def run_cases(options: Namespace, words: Sequence[str]) -> dict[str, Any]:
         traces = {f"{m:g} min": drawn_kills(m, n, options.seed, options.scale) for m, n in n_kills.items()}
     ways = [way for way in WAYS if way.name in options.way]
     result: dict[str, Any] = {"command": shlex.join(words), "scale": options.scale, "traces": traces, "cases": []}
-    if options.folder:
-        options.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        bench = Bench(Path(folder).resolve(), TINY if options.tiny else Shape(), options.disk_mb_per_s * 1e6)
+    with work_folder(options.folder) as folder:
+        bench = Bench(folder.resolve(), TINY if options.tiny else Shape(), options.disk_mb_per_s * 1e6)
         calm: dict[str, Undisturbed] = {}
         for (rate, trace), way in itertools.product(traces.items(), ways):
             case: dict[str, Any] = {"rate": rate, "way": way.name}

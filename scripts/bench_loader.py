@@ -25,14 +25,13 @@ import statistics
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_common import make_parser, print_figures, timed, write_corpus
+from bench_common import make_parser, print_figures, timed, work_folder, write_corpus
 
 from lingua.config.command_line import run_main
 from lingua.config.keys.data import DataArgs, SourceArgs, TokenizerArgs
@@ -212,7 +211,7 @@ def measure_shuffle(options: argparse.Namespace, folder: Path) -> dict[str, Any]
     write_corpus(corpus, int(options.bytes), 100, 10_000)
     figures: dict[str, Any] = {"corpus_bytes": corpus.stat().st_size}
     for memory_gb in options.shuffle:
-        with tempfile.TemporaryDirectory(dir=folder) as work:
+        with work_folder(folder) as work:
             command = [sys.executable, str(PREPARE), "bench", str(memory_gb), "--source", str(corpus.parent), "--json"]
             command += ["--data_dir", f"{work}/data", "--tmp_dir", f"{work}/tmp", "--nchunks", "8"]
             seconds, ended = timed(partial(subprocess.run, command, capture_output=True, text=True, check=False))
@@ -238,9 +237,9 @@ def main(words: list[str]) -> int:
     options = parser.parse_args(words)
     if not (options.shuffle or options.formats) and options.tokenizer is None:
         print("no --tokenizer: only the bytes tokenizer is measured (--help says where a file is)", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=options.dir) as folder:
+    with work_folder(options.dir) as folder:
         measure = measure_formats if options.formats else measure_shuffle if options.shuffle else measure_loader
-        figures = measure(options, Path(folder))
+        figures = measure(options, folder)
     print_figures(figures | {"cores": len(os.sched_getaffinity(0))}, options.json)
     return 0
 

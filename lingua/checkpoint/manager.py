@@ -347,8 +347,11 @@ class CheckpointManager:
         self._restorer.verified.add(step)
         self._published_at_s = self._safe_until_s = self._now()
         rate = size_bytes / 1e9 / report.seconds
-        cost = {"stall_s": report.seconds, "drain_gb_per_s": rate, "synchronous": 1.0}
-        self._last_save = {f"checkpoint/{name}": value for name, value in cost.items()}
+        self._last_save = {
+            "checkpoint/stall_s": report.seconds,
+            "checkpoint/drain_gb_per_s": rate,
+            "checkpoint/synchronous": 1.0,
+        }
         report.deleted = self._ranks.from_main(self._retain)
         self._published.difference_update(report.deleted)
         if self._ranks.rank == 0:

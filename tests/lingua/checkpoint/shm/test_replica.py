@@ -25,7 +25,7 @@ from lingua.checkpoint.shm.found import keep, release, survey
 from lingua.checkpoint.shm.part_server import PartServer, keep_serving
 from lingua.checkpoint.shm.replica import Copier
 from lingua.files import DISK, Files
-from tests.fakes import At, Clock, FaultyFiles, KillFiles
+from tests.fakes import At, Clock, FaultyFiles, FrozenFiles, KillFiles
 from tests.lingua.checkpoint.shm.test_resume_from_memory import DyingFiles, blocked, done, manager_of
 from tests.lingua.checkpoint.shm.test_resume_on_nodes import load, memory
 from tests.ranks import run_on_ranks
@@ -254,19 +254,6 @@ def test_while_a_start_looks_no_copy_is_overwritten(shm: Path):
     assert list(pair.area.copies.folder.iterdir()) == []
 
 
-class StoppedFiles(FaultyFiles):
-    """A disk of a process that is stopped before its n-th operation, and wakes up when others have acted."""
-
-    def __init__(self, stop_at: int, others: Callable[[], object]) -> None:
-        super().__init__(stop_at)
-        self._others = others
-
-    def _operate(self, name: str, operation: Callable[..., Any], *args: Any) -> Any:
-        if self._is_hit(name, args):
-            self._others()
-        return operation(*args)
-
-
 @pytest.mark.parametrize("n_copies", [2, 1, 0])
 def test_a_copier_that_was_stopped_while_a_start_took_over_harms_nothing(shm: Path, n_copies: int):
     """The start takes what it needs and keeps memory for so many copies."""
@@ -282,7 +269,7 @@ def test_a_copier_that_was_stopped_while_a_start_took_over_harms_nothing(shm: Pa
             release(pair.area, n_copies)
 
         with suppress(OSError, DamagedError):  # its slot may be gone
-            pair.copier(StoppedFiles(at, start)).copy_newest(pair.run)
+            pair.copier(FrozenFiles(at, start)).copy_newest(pair.run)
         woke = bool(taken)
         assert set(pair.copies()) <= ({2} if woke else {1, 2})
         for save, facts in [complete for slot in pair.area.slots() if (complete := slot.complete())]:
