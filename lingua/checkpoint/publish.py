@@ -92,16 +92,14 @@ def write_unsynced(
     try:
         if direct_io:
             skip_page_cache(descriptor)
-        with ThreadPoolExecutor(max_workers=1) as hasher:
-            for part in parts:
-                view = memoryview(part).cast("B")
-                for start in range(0, len(view), CHUNK_BYTES):
-                    chunk = view[start : start + CHUNK_BYTES]
-                    hashed = hasher.submit(digest.update, chunk)
-                    with naming(path):
-                        files.write(descriptor, chunk)
-                    hashed.result()  # before the caller may change it
-                size_bytes += len(view)
+        for part in parts:
+            view = memoryview(part).cast("B")
+            for start in range(0, len(view), CHUNK_BYTES):
+                chunk = view[start : start + CHUNK_BYTES]
+                digest.update(chunk)
+                with naming(path):
+                    files.write(descriptor, chunk)
+            size_bytes += len(view)
     except BaseException:
         files.close(descriptor)
         raise
